@@ -25,10 +25,10 @@ def read(name):
 
 
 def defines(node):
-    """Say whether a statement is an import, a definition or a CONSTANT."""
+    """Say whether a statement is an import, a definition or a Constant."""
     if isinstance(node, ast.Assign):
         names = [getattr(target, "id", "") for target in node.targets]
-        return all(name.isupper() for name in names)
+        return all(name[:1].isupper() for name in names)
     kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
     return isinstance(node, kinds)
 
