@@ -243,7 +243,7 @@ def test_prediction_and_race_agree_for_gradient_descent(fwdgrad):
         torch.ones(10).double(),
         torch.tensor([1.0, 0.5, 2.5]).double(),
     )
-    hits = fwdgrad.race(
+    hits = fwdgrad.race_to_goal(
         fwdgrad.exact_gradient,
         fwdgrad.quadratic(H),
         start,

@@ -17,7 +17,7 @@ import matplotlib.image
 import nbformat
 import pytest
 import torchvision
-from conftest import NAMES, ROOT, copy_data, outputs_text, read
+from conftest import NAMES, ROOT, copy_data, defines, outputs_text, read
 
 PNG = "image/png"
 PLACES = "home|root|work|tmp|usr|opt|mnt|var|content|Users|private"
@@ -304,6 +304,19 @@ def test_imports_are_installed_in_colab(name):
             elif isinstance(node, ast.ImportFrom):
                 modules.add(node.module)
         assert {m.partition(".")[0] for m in modules} <= allowed, i
+
+
+@both
+def test_no_definition_replaces_another(name):
+    defined = {}
+    for i, cell in code_cells(name):
+        for node in filter(defines, ast.parse(cell.source).body):
+            if isinstance(node, ast.Assign):
+                found = {target.id for target in node.targets}
+            else:
+                found = {getattr(node, "name", None)} - {None}
+            for one in found:
+                assert defined.setdefault(one, i) == i, (one, i)
 
 
 def test_requirements_are_five_lower_bounds():
