@@ -350,6 +350,39 @@ def test_second_derivatives_agree_in_all_four_nestings(
         )
 
 
+@given(seed=seeds)
+def test_second_derivatives_through_matrix_products(prerequisites, seed):
+    """Vectors and matrices on either side, a broadcast row, a sum."""
+    x, w = draw(seed, REAL, (3,)), draw(seed + 1, REAL, (2, 3))
+
+    def ours(x):
+        table = np.tanh(w @ x)[:, None] * x + x @ w.T @ w
+        return np.sum((table @ x) ** 2) + x @ x
+
+    def theirs(x):
+        m = torch.as_tensor(w)
+        table = torch.tanh(m @ x)[:, None] * x + x @ m.T @ m
+        return ((table @ x) ** 2).sum() + x @ x
+
+    jacfwd, grad = prerequisites.jacfwd, prerequisites.grad
+    exact = torch.func.hessian(theirs)(torch.as_tensor(x)).numpy()
+    tolerance = 1e-9 * max(1, np.abs(exact).max())
+    found = {
+        "forward over reverse": jacfwd(grad(ours))(x),
+        "forward over forward": jacfwd(jacfwd(ours))(x),
+        "reverse over forward": [
+            grad(lambda x, i=i: jacfwd(ours)(x)[i])(x) for i in range(3)
+        ],
+        "reverse over reverse": [
+            grad(lambda x, i=i: grad(ours)(x)[i])(x) for i in range(3)
+        ],
+    }
+    for how, hessian in found.items():
+        np.testing.assert_allclose(
+            hessian, exact, tolerance, tolerance, err_msg=how
+        )
+
+
 # Edges and kinks, one by one
 
 
@@ -647,6 +680,8 @@ REFUSED = {
     "sum with initial": lambda x: np.sum(x, initial=1.0),
     "mean with where": lambda x: np.mean(x, where=[True, False, True]),
     "sum of a list": lambda x: np.sum([x, x]),
+    "concatenate with out": lambda x: np.concatenate([x], out=np.ones(3)),
+    "stack with dtype": lambda x: np.stack([x, x], dtype=int),
     "reshape in memory order": lambda x: np.reshape(x, (3, 1), order="A"),
     "linalg.norm": np.linalg.norm,
     "cumsum": np.cumsum,
@@ -754,6 +789,15 @@ def test_jvp_and_jacfwd_of_several_arguments_match_torch(prerequisites, seed):
     total = prerequisites.grad(lambda *a: ours(*a).sum(), (1, 2))(*args)
     expected = torch.func.grad(lambda *a: theirs(*a).sum(), (1, 2))
     assert_same(total, expected(*tensors))
+
+
+def test_negative_argument_numbers_count_from_the_end(prerequisites):
+    f = lambda *a: a[-2] * a[-1] ** 2  # noqa: E731
+    assert prerequisites.jacfwd(f, -1)(3.0, 5.0) == 30
+    assert prerequisites.grad(f, -1)(3.0, 5.0) == 30
+    for derive in prerequisites.jacfwd, prerequisites.grad:
+        with pytest.raises(IndexError):
+            derive(f, 2)(3.0, 5.0)
 
 
 def test_a_constant_function_has_zero_derivatives(prerequisites):
