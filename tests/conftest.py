@@ -55,6 +55,18 @@ def fwdgrad():
     return lift("fwdgrad")
 
 
+def run(notebook, folder, env=None, **client):
+    """Run a notebook in folder and return it with its outputs.
+
+    env: the kernel's environment, if not this one.
+    """
+    resources = {"metadata": {"path": str(folder)}}
+    options = {"kernel_name": "python3", "timeout": 900} | client
+    client = NotebookClient(notebook, resources=resources, **options)
+    client.execute(**({"env": env} if env else {}))
+    return notebook
+
+
 def execute(name, folder, replace=None, **client):
     """Execute a notebook in folder and return it with its outputs.
 
@@ -65,10 +77,7 @@ def execute(name, folder, replace=None, **client):
         assert any(old in cell.source for cell in notebook.cells), old
         for cell in notebook.cells:
             cell.source = cell.source.replace(old, new)
-    resources = {"metadata": {"path": str(folder)}}
-    options = {"kernel_name": "python3", "timeout": 900} | client
-    NotebookClient(notebook, resources=resources, **options).execute()
-    return notebook
+    return run(notebook, folder, **client)
 
 
 def copy_data(folder):

@@ -237,22 +237,17 @@ def test_divergence_names_iteration_and_rate(fwdgrad):
         assert run.values[-1, 0] < 1 and not run.values[-1, 1].isfinite()
 
 
-def test_prediction_and_race_agree_for_gradient_descent(fwdgrad):
+@pytest.mark.parametrize(("count", "late"), [(200, False), (5, True)])
+def test_prediction_and_race_agree_for_gradient_descent(fwdgrad, count, late):
     H = torch.linspace(0.1, 1, 10).double()
-    start, rates = (
-        torch.ones(10).double(),
-        torch.tensor([1.0, 0.5, 2.5]).double(),
-    )
-    hits = fwdgrad.race_to_goal(
-        fwdgrad.exact_gradient,
-        fwdgrad.quadratic(H),
-        start,
-        rates,
-        random(),
-        1,
-    )
-    predicted = fwdgrad.predict(fwdgrad.exact_gradient, H, start**2, rates)
-    assert hits.tolist() == [predicted]
+    start = torch.ones(10).double()
+    rates = torch.tensor([1.0, 0.5, 2.5]).double()
+    f, method = fwdgrad.quadratic(H), fwdgrad.exact_gradient
+    case = method, f, start, rates, count, random(), 1
+    hits = fwdgrad.race_to_goal(*case)
+    predicted = fwdgrad.predict(method, H, start**2, rates)
+    assert predicted > 5
+    assert hits.tolist() == [math.inf if late else predicted]
 
 
 EXERCISES = {
