@@ -30,8 +30,10 @@ SEEDS = {  # fwdgrad takes minutes; SEEDS="3 4 5" chooses others
     "fwdgrad": [int(s) for s in os.environ.get("SEEDS", "1 2").split()],
 }
 DATA = {"digits", "held_out"}  # what sections share besides definitions
-CLOCKS = re.compile(r"\btime\.|\b(race|seconds|launch|peak\w*|timed\w*)\(")
-PROGRESS = re.compile(r"^ +iteration .*\n", re.M)
+CLOCKS = re.compile(
+    r"\btime\.|seconds|\b(race\w*|launch|peak\w*|timed)\b|plot_runs"
+)
+PROGRESS = re.compile(r" +iteration .*\n")
 
 
 def sections(name):
@@ -87,19 +89,20 @@ def used(source):
 def definitions(name, number):
     """Return the definitions of other sections that a section names.
 
-    These are imports, functions, classes and Constants, and the data, with
-    what they name themselves, in the order of the notebook.
+    These are imports, functions, classes and Constants, and the cells that
+    load the data, with what they name themselves, in the notebook's order.
     """
     found = sections(name)
     wanted = set().union(*map(used, found.pop(number)))
     opening = "\n".join(found.pop("0"))
     known = bound(opening)
-    source = "\n".join(cell for cells in found.values() for cell in cells)
-    others = [
-        (text, bound(text))
-        for text, node in statements(source)
-        if defines(node) or set() < bound(text) <= DATA
-    ]
+    others = []
+    for cell in (cell for cells in found.values() for cell in cells):
+        if bound(cell) & DATA:
+            others.append((cell, bound(cell) & DATA))
+            continue
+        parts = [text for text, n in statements(cell) if defines(n)]
+        others += [(text, bound(text)) for text in parts]
     chosen = set()
     while more := {
         i

@@ -95,12 +95,17 @@ def test_readme_parameters_are_the_printed_ones():
 def test_readme_step_times_are_the_printed_ones():
     """Each column of the printed table but the second is 0.50 (0.48-0.52)."""
     head, rows = printed("fwdgrad", "step / backprop")
-    names = re.split(r"\s\s+", head)
-    for row in rows[:3]:
+    textbook = re.search(
+        r"textbook[\w\s-]+takes ([\d.,\s]+)and (\S+)", RESULTS
+    )
+    textbook = re.findall(r"\d+\.\d+", " ".join(textbook.groups()))
+    assert len(textbook) == 3
+    for row, said in zip(rows[:3], textbook, strict=True):
         ratios = re.findall(r"(\d+\.\d+) ?\(", row)
-        fast = dict(zip(names[2:], ratios, strict=False))["fast"]
+        names = re.split(r"\s\s+", head)[2:]
+        ratio = dict(zip(names, ratios, strict=False))
         shown = results()[row.split()[0].lower()][STEP_TIMES]
-        assert number(shown) == float(fast), row
+        assert (shown, said) == (ratio["fast"], ratio["textbook"]), row
 
 
 def test_readme_accuracies_are_the_printed_ones():
@@ -116,15 +121,23 @@ def test_readme_accuracies_are_the_printed_ones():
         assert shown == pytest.approx([float(accuracy)]), row
 
 
+def test_rows_of_the_readme_scoreboard_are_printed_rows():
+    """Accuracy and seconds of a method stand together in a line."""
+    _, lines = printed("fwdgrad", "method  ")
+    for row in table(RESULTS, "method"):
+        accuracy, seconds = (number(row[k]) for k in [*row][1:])
+        start = f"{100 * accuracy:.2f}%{seconds:9.1f} "
+        assert any(start in line for line in lines), row
+
+
 def test_every_decimal_of_the_readme_results_was_printed():
     """A decimal number stands in fwdgrad's outputs, % as a share of 1."""
-    text = outputs_text(read("fwdgrad"))
-    known = {float(n.replace(",", "")) for n in NUMBER.findall(text)}
-    for found in re.finditer(NUMBER.pattern + r"(?: ?%)?", RESULTS):
-        if "." in found[0]:
-            value = number(found[0])
-            close = [n for n in known if n == pytest.approx(value)]
-            assert close, found[0]
+    form = NUMBER.pattern + r"(?: ?%)?"
+    outputs = outputs_text(read("fwdgrad"))
+    known = [number(found) for found in re.findall(form, outputs)]
+    for found in re.findall(form, RESULTS):
+        if "." in found:
+            assert pytest.approx(number(found)) in known, found
 
 
 def test_arxiv_numbers_are_those_of_the_known_papers():
