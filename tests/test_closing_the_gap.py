@@ -504,9 +504,9 @@ def easy_digits(fwdgrad):
     return fwdgrad.Digits(images, labels, images, labels)
 
 
-RATES = {"textbook, SGD": 1e-3, "fast step, SGD": 1e-3, "backprop, SGD": 0.1}
+RATES = {"textbook": 1e-3, "fast step, SGD": 1e-3, "backprop, SGD": 0.1}
 METHODS = [
-    "textbook, SGD",
+    "textbook",
     "fast step, SGD",
     "weights, 16 directions",
     *RUNGS,
