@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,19 @@ def prerequisites():
 @pytest.fixture(scope="session")
 def fwdgrad():
     return lift("fwdgrad")
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(fwdgrad):
+    """Let the notebook's definitions use the CPU, also where a GPU is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fwdgrad, "DEVICE", torch.device("cpu"))
+        yield
+
+
+def seeded(seed=0):
+    """Return a random generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
 
 
 def run(notebook, folder, env=None, **client):

@@ -7,23 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 RUNGS = ["activities", "+ mask", "+ 16 directions", "+ groups"]
 RUNGS += ["+ guess", "+ groups, guess"]
 INPUTS, UNITS, BATCH = 5, 32, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu(fwdgrad):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fwdgrad, "DEVICE", torch.device("cpu"))
-        yield
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def mlp(*hidden):
@@ -508,6 +499,7 @@ RATES = {"textbook": 1e-3, "fast step, SGD": 1e-3, "backprop, SGD": 0.1}
 METHODS = [
     "textbook",
     "fast step, SGD",
+    "output layer only",
     "weights, 16 directions",
     *RUNGS,
 ]

@@ -62,7 +62,7 @@ def test_fixed_shares_are_powers_of_the_layer_sizes(
         "one_of",
         lambda model, layers, shares, *rest: (
             seen.append(dict(zip(layers, shares, strict=True)))
-            or {layers[0]: fwdgrad.draw(model[layers[0]])}
+            or [(layers[0], fwdgrad.draw(model[layers[0]]))]
         ),
     )
     model, images, labels = small_network()

@@ -226,12 +226,10 @@ def code_lines(cell):
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("prerequisites", 30), ("fwdgrad", 50)]
-)
-def test_no_code_cell_is_long(name, most):
+@both
+def test_no_code_cell_is_long(name):
     sizes = {i: code_lines(cell) for i, cell in code_cells(name)}
-    assert {i: size for i, size in sizes.items() if size > most} == {}
+    assert {i: size for i, size in sizes.items() if size > 25} == {}
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,6 @@ def run_all(browser, lab, name, seconds=900):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LONG" not in os.environ, reason="LONG is not set")
 @both
 def test_jupyterlab_runs_and_shows_everything(browser, lab, name):
     page, usual = run_all(browser, lab, "empty")
@@ -202,7 +201,6 @@ def count_formulas(source):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("LONG" not in os.environ, reason="LONG is not set")
 def test_planted_faults_are_found(browser, lab):
     page, _ = run_all(browser, lab, "planted")
     with contextlib.closing(page):
