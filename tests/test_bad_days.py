@@ -31,7 +31,7 @@ SEEDS = {  # fwdgrad takes minutes; SEEDS="3 4 5" chooses others
 }
 DATA = {"digits", "held_out"}  # what sections share besides definitions
 CLOCKS = re.compile(
-    r"\btime\.|seconds|\b(race\w*|launch|peak\w*|timed)\b|plot_runs"
+    r"\btime\.|seconds|\b(race\w*|launch|peak\w*|timed|score)\b|plot_runs"
 )
 PROGRESS = re.compile(r" +iteration .*\n")
 
