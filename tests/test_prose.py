@@ -122,6 +122,13 @@ def test_readme_accuracies_are_the_printed_ones():
         assert shown == pytest.approx([float(accuracy)]), row
 
 
+def test_readme_steps_are_those_of_the_code():
+    said = re.search(r"takes (\d+) steps on the MLP and (\d+)", RESULTS)
+    for network, steps in zip(["MLP", "CNN"], said.groups(), strict=True):
+        lengths = f"compare_methods({network}, ({8 * int(steps)}, {steps})"
+        assert lengths in code("fwdgrad")  # eight times as many
+
+
 def test_rows_of_the_readme_scoreboard_are_printed_rows():
     """Accuracy and seconds of a method stand together in a line."""
     _, lines = printed("fwdgrad", "method  ")

@@ -559,6 +559,14 @@ def test_a_direction_counts_blocks_over_chance_times(fwdgrad):
     assert len(direction.u) == 2
 
 
+def test_the_steady_choice_draws_four_blocks_of_a_linear_layer(fwdgrad):
+    layers = [nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 10)]
+    directions = fwdgrad.steady_choice(nn.Sequential(*layers), seeded())
+    assert [index for index, _ in directions] == [0] * 4 + [2] * 4
+    assert [d.weight for _, d in directions] == [16] * 4 + [0.25] * 4
+    assert [len(d.u) for _, d in directions] == [2] * 4 + [10] * 4
+
+
 def choose(fwdgrad, name):
     """Return a way to choose directions, joint or not, and each 1/p."""
     return {
