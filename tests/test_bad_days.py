@@ -25,13 +25,10 @@ NOWHERE = "http://127.0.0.1:9/"  # refuses every connection
 QUICK = {"QUICK": "1", "OMP_NUM_THREADS": "1"}
 SETPRIV = shutil.which("setpriv")
 OFFLINE = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": ""}
-SEEDS = {  # fwdgrad takes minutes; SEEDS="3 4 5" chooses others
-    "prerequisites": range(1, 11),
-    "fwdgrad": [int(s) for s in os.environ.get("SEEDS", "1 2").split()],
-}
+SEEDS = range(1, 11)
 DATA = {"digits", "held_out"}  # what sections share besides definitions
 CLOCKS = re.compile(
-    r"\btime\.|seconds|\b(race\w*|launch|peak\w*|timed|score)\b|plot_runs"
+    r"\btime(it)?\.|seconds|\b(race\w*|launch|peak\w*|timed|score)\b|plot_runs"
 )
 PROGRESS = re.compile(r" +iteration .*\n")
 
@@ -185,7 +182,7 @@ def read_only(folder):
 
 
 DAYS = [("twice", name) for name in NAMES]
-DAYS += [("seed", n, seed) for n in NAMES for seed in SEEDS[n]]
+DAYS += [("seed", name, seed) for name in NAMES for seed in SEEDS]
 for name in NAMES:
     for number, cells in sections(name).items():
         DAYS += [("alone", name, number)] * (number != "0")

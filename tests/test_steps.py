@@ -3,6 +3,7 @@
 import copy
 import math
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,11 +67,12 @@ def small_digits(fwdgrad, count=100):
     return fwdgrad.Digits(images, labels, images[:50], labels[:50])
 
 
-def small_network():
+def small_network(units=16):
     """Return a network with blocks of units, and with a batch for it."""
     torch.manual_seed(3)
-    layers = [nn.Conv2d(1, 16, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    layers += [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)]
+    layers = [nn.Conv2d(1, units, 2), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(units, units), nn.ReLU()]
+    layers += [nn.Linear(units, 4)]
     return nn.Sequential(*layers).double(), *a_batch(8, (1, 4, 4), 4)
 
 
@@ -255,7 +257,7 @@ def test_only_the_chosen_layer_changes(fwdgrad):
 def test_only_the_chosen_block_of_units_changes(fwdgrad):
     blocks = set()
     for seed in range(60):
-        model, images, labels = small_network()
+        model, images, labels = small_network(64)
         before = copy.deepcopy(model)
         directions = dict(fwdgrad.fast_choice(model, seeded(seed)))
         fwdgrad.fast_forward_gradient_step(
@@ -271,7 +273,7 @@ def test_only_the_chosen_block_of_units_changes(fwdgrad):
             assert dead or torch.equal(moved, expected)
             change = (model[i].bias - before[i].bias).abs() > 1e-12
             assert torch.equal(change, moved)
-            if i == 4 and moved.any():
+            if i == 4 and moved.any():  # one of 64 blocks
                 assert moved.sum() == 1
                 blocks.add(moved.int().argmax().item())
     assert len(blocks) > 5
@@ -573,7 +575,7 @@ def choose(fwdgrad, name):
         "joint": (fwdgrad.every_layer, True),
         "every layer": (fwdgrad.every_layer, False),
         "one layer": (fwdgrad.one_layer, False),
-        "fast": (fwdgrad.fast_choice, False),
+        "fast": (partial(fwdgrad.fast_choice, blocks=16), False),
         "steady": (fwdgrad.steady_choice, False),
     }[name]
 
@@ -754,12 +756,11 @@ def test_only_the_fast_steps_memory_ignores_depth(fwdgrad):
         model = fwdgrad.stack(depth, width=64)
         for name in "fast", "textbook", "backprop":
             step = get_step(fwdgrad, name)
-            call = torch.no_grad()(step) if name == "fast" else step
-            peaks[name, depth] = fwdgrad.peak_megabytes(
-                lambda call=call, model=model: call(
-                    model, images, labels, 1e-9
-                )
-            )
+            call = partial(step, model, images, labels, 1e-9)
+            torch.manual_seed(0)  # the fast step's layers are drawn
+            tries = range(10 if name == "fast" else 1)
+            found = [fwdgrad.peak_megabytes(call) for _ in tries]
+            peaks[name, depth] = max(found)
     assert peaks["fast", 32] < 1.1 * peaks["fast", 4]
     for name in "textbook", "backprop":
         assert peaks[name, 32] > 1.1 * peaks[name, 4]
