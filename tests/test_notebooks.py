@@ -162,6 +162,15 @@ def test_no_output_is_an_error_or_a_warning(name):
 
 
 @both
+def test_printed_text_is_in_one_piece(name):
+    """Viewers show every piece on lines of its own, which breaks tables."""
+    for index, cell in code_cells(name):
+        kinds = [(o.output_type, o.get("name")) for o in cell.outputs]
+        pairs = zip(kinds, kinds[1:], strict=False)
+        assert all(x != y for x, y in pairs if x[0] == "stream"), index
+
+
+@both
 def test_no_widgets(name):
     assert not [key for key in keys(load(name)) if "widget" in key.lower()]
 
