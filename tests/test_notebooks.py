@@ -7,246 +7,156 @@ import io
 import itertools
 import json
 import re
-import statistics
 import subprocess
+import symtable
 import sys
+import warnings
 
 import matplotlib.image
 import nbformat
 import pytest
 import torchvision
-from conftest import NAMES, ROOT, defines, read
+from conftest import (
+    ROOT,
+    assigned,
+    both,
+    code_cells,
+    defines,
+    outputs_text,
+    read,
+)
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 PNG = "image/png"
 PLACES = "home|root|work|tmp|usr|opt|mnt|var|content|Users|private"
 ABSOLUTE = re.compile(
-    rf"(?<![\w./:~-])/(?:{PLACES})\b|\b[A-Z]:\\\w|file://|site-packages"
+    rf"(?<![\w./:~-])/(?:{PLACES})\b|\b[A-Z]:\\+\w|file://|site-packages"
 )
 PACKAGES = ["torch", "torchvision", "numpy", "matplotlib", "jupyter"]
-both = pytest.mark.parametrize("name", NAMES)
+ENVIRONMENTS = {"aligned", "cases", "pmatrix", "bmatrix", "array"}
+DIFFERS = "differs on this machine: "
+PLAIN = MarkdownIt("commonmark").enable("table")  # knows no maths
+MATHS = MarkdownIt("commonmark").enable("table")
+MATHS.use(
+    dollarmath_plugin,
+    allow_labels=False,
+    allow_space=False,
+    allow_blank_lines=False,
+    double_inline=True,
+)
 
 
-def load(name):
-    """Return the committed file as it is, without nbformat's repairs."""
-    return json.loads((ROOT / f"{name}.ipynb").read_text("utf-8"))
-
-
-def is_code(cell):
-    return cell.cell_type == "code"
-
-
-def code_cells(name):
-    return [(i, c) for i, c in enumerate(read(name).cells) if is_code(c)]
+def cells_of(name, kind):
+    """Return (index among all cells, cell) of every cell of a kind."""
+    cells = enumerate(read(name).cells)
+    return [(i, cell) for i, cell in cells if cell.cell_type == kind]
 
 
 def markdown(name):
-    """Yield (index, source without code) of every Markdown cell."""
-    fence = re.compile(r"^ *```.*?^ *```", re.M | re.S)
-    for i, cell in enumerate(read(name).cells):
-        if cell.cell_type == "markdown":
-            yield i, re.sub(r"(`+).+?\1", "code", fence.sub("", cell.source))
+    """Return (index, source) of every Markdown cell."""
+    return [(i, cell.source) for i, cell in cells_of(name, "markdown")]
+
+
+def parsed(source, parser=MATHS):
+    """Return the tokens of a Markdown text that have no parts."""
+    tokens = [[t, *(t.children or [])] for t in parser.parse(source)]
+    return [t for t in itertools.chain(*tokens) if t.type != "inline"]
 
 
 def formulas(source):
-    """Return a list of matches, display math and inline math."""
-    return list(re.finditer(r"\$\$.*?\$\$|\$.+?\$", source, re.S))
-
-
-def emphasised(source):
-    """Return where Markdown pairs a _ or * that belongs to a formula.
-
-    A delimiter opens or closes emphasis by what stands on its two sides
-    (https://spec.commonmark.org/0.31.2/#emphasis-and-strong-emphasis).
-    """
-    math = {i for found in formulas(source) for i in range(*found.span())}
-    found, openers = [], {"_": [], "*": []}
-    for mark in re.finditer(r"(?<!\\)[_*]+|\n\n", source):
-        if mark[0] == "\n\n":
-            openers = {"_": [], "*": []}
-            continue
-        before = source[: mark.start()][-1:] or " "
-        after = source[mark.end() :][:1] or " "
-        b, a = (re.match(r"(\s)?(\w)?", c) for c in (before, after))
-        left = not a[1] and bool(a[2] or not b[2])
-        right = not b[1] and bool(b[2] or not a[2])
-        if mark[0][0] == "_":
-            left, right = left and not b[2], right and not a[2]
-        stack = openers[mark[0][0]]
-        if right and stack:
-            start = stack.pop()
-            if start in math or mark.start() in math:
-                found.append(source[start : mark.end()])
-        elif left:
-            stack.append(mark.start())
-    return found
+    """Return (text, is display maths) of every formula."""
+    found = [t for t in parsed(source) if t.type.startswith("math")]
+    return [(t.content, t.type != "math_inline") for t in found]
 
 
 def bad_outputs(notebook):
     """Return the errors, the warnings and what went to stderr, by cell."""
-    found = []
-    for i, cell in enumerate(notebook.cells):
-        for output in cell.get("outputs", []):
-            text = output.get("text", "")
-            if (
-                output.output_type == "error"
-                or output.get("name") == "stderr"
-                or re.search(r"\b\w*Warning:", text)
-            ):
-                found.append((i, text or output.get("ename")))
-    return found
+    return [
+        (i, output.get("text") or output.get("evalue"))
+        for i, cell in enumerate(notebook.cells)
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+        or output.get("name") == "stderr"
+        or re.search(r"\b\w*Warning:", output.get("text", ""))
+    ]
 
 
 def figures(name):
     """Return (index of the cell, output) of every output with an image."""
     return [
         (i, output)
-        for i, cell in code_cells(name)
+        for i, cell in cells_of(name, "code")
         for output in cell.outputs
         if any(key.startswith("image/") for key in output.get("data", {}))
     ]
 
 
-def strings(value):
-    """Yield every string inside a notebook, but no image."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        if all(isinstance(part, str) for part in value):
-            value = ["".join(value)]
-        for part in value:
-            yield from strings(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if not key.startswith("image/") or isinstance(part, dict):
-                yield from strings(part)
+def pictures(name):
+    """Return the bytes of every figure of a notebook."""
+    return [base64.b64decode(o.data[PNG]) for _, o in figures(name)]
 
 
-def keys(value):
-    """Yield every key of the objects inside a notebook."""
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from keys(part)
+def defined(node):
+    """Return the names of a definition, or of the Constants assigned."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.AugAssign):
+        return []
+    return [node.name] if hasattr(node, "name") else assigned(node)
+
+
+def symbols(nodes):
+    """Return the symbols at the top level of some statements."""
+    source = ast.unparse(ast.Module(nodes, type_ignores=[]))
+    return symtable.symtable(source, "cell", "exec").get_symbols()
 
 
 @both
-def test_format_is_valid(name):
-    notebook = load(name)
+def test_format_ids_and_kernel_are_those_of_today(name):
+    notebook = json.loads((ROOT / f"{name}.ipynb").read_text("utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
-    nbformat.validate(notebook)
-
-
-@both
-def test_cell_ids_are_unique(name):
-    ids = [cell.get("id") for cell in load(name)["cells"]]
-    assert None not in ids
+    ids = [cell["id"] for cell in notebook["cells"]]
     assert len(set(ids)) == len(ids)
-
-
-@both
-def test_kernel_is_python3(name):
-    assert load(name)["metadata"]["kernelspec"]["name"] == "python3"
-
-
-@both
-def test_cells_were_executed_in_order(name):
-    counts = [cell.execution_count for _, cell in code_cells(name)]
-    assert counts == list(range(1, len(counts) + 1))
-
-
-@both
-def test_no_output_is_an_error_or_a_warning(name):
-    assert bad_outputs(read(name)) == []
-
-
-@both
-def test_printed_text_is_in_one_piece(name):
-    """Viewers show every piece on lines of its own, which breaks tables."""
-    for index, cell in code_cells(name):
-        kinds = [(o.output_type, o.get("name")) for o in cell.outputs]
-        pairs = zip(kinds, kinds[1:], strict=False)
-        assert all(x != y for x, y in pairs if x[0] == "stream"), index
-
-
-@both
-def test_no_widgets(name):
-    assert not [key for key in keys(load(name)) if "widget" in key.lower()]
-
-
-@both
-def test_no_absolute_path(name):
-    hits = [
-        text[max(0, hit.start() - 30) : hit.end() + 30]
-        for text in strings(load(name))
-        for hit in ABSOLUTE.finditer(text)
-    ]
-    assert hits == []
-
-
-@both
-def test_no_cell_is_empty(name):
-    cells = read(name).cells
-    assert [i for i, c in enumerate(cells) if not c.source.strip()] == []
-
-
-@both
-def test_every_figure_is_a_png_with_alternative_text(name):
-    found = figures(name)
-    assert found
-    for i, output in found:
-        alt = output.metadata.get(PNG, {}).get("alt", "")
-        assert alt.strip(), i
-        assert set(output.data) <= {PNG, "text/plain"}, i
-
-
-@both
-def test_every_figure_has_a_caption_below(name):
-    cells = [*read(name).cells, nbformat.v4.new_markdown_cell()]
-    wrong = [
-        i for i, _ in figures(name) if "*Figure" not in cells[i + 1].source
-    ]
-    assert wrong == []
-
-
-@both
-def test_figures_are_opaque_and_on_white(name):
-    for i, output in figures(name):
-        data = io.BytesIO(base64.b64decode(output.data[PNG]))
-        pixels = matplotlib.image.imread(data)
-        assert (pixels[0, 0, :3] == 1).all(), i
-        assert (pixels[..., 3:] == 1).all(), i
-
-
-@both
-def test_file_is_under_a_megabyte(name):
+    nbformat.validate(notebook)  # it would repair ids
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert (ROOT / f"{name}.ipynb").stat().st_size < 1_000_000
 
 
 @both
-def test_words_stand_before_every_code_cell(name):
-    pairs = enumerate(itertools.pairwise(read(name).cells), start=1)
-    assert [i for i, (a, b) in pairs if is_code(a) and is_code(b)] == []
-    assert not is_code(read(name).cells[0])
-
-
-def code_lines(cell):
-    return sum(bool(line.strip()) for line in cell.source.splitlines())
+def test_outputs_are_those_of_a_clean_full_run(name):
+    """Viewers show printed pieces on lines of their own: there is but one."""
+    counts = [c.execution_count for _, c in cells_of(name, "code")]
+    assert counts == list(range(1, len(counts) + 1))
+    assert bad_outputs(read(name)) == []
+    text = outputs_text(read(name))
+    assert "quick mode True" not in text and DIFFERS not in text
+    for i, cell in cells_of(name, "code"):
+        for a, b in itertools.pairwise(cell.outputs):
+            assert not a.get("name") or a.name != b.get("name"), i
 
 
 @both
-def test_no_code_cell_is_long(name):
-    sizes = {i: code_lines(cell) for i, cell in code_cells(name)}
-    assert {i: size for i, size in sizes.items() if size > 25} == {}
+def test_no_widgets_and_no_absolute_path(name):
+    notebook = read(name)
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            output.get("data", {}).pop(PNG, None)
+    text = json.dumps(notebook).replace(r"\n", "\n")
+    assert "widget" not in text.lower()
+    assert not ABSOLUTE.search(text), ABSOLUTE.search(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "lines"), [("prerequisites", 6), ("fwdgrad", 15)]
-)
-def test_half_of_the_code_cells_are_short(name, lines):
-    sizes = [code_lines(cell) for _, cell in code_cells(name)]
-    assert statistics.median(sizes) <= lines
+@both
+def test_every_figure_is_an_opaque_png_on_white_with_words(name):
+    cells = [*read(name).cells, nbformat.v4.new_markdown_cell()]
+    assert figures(name)
+    for i, output in figures(name):
+        assert set(output.data) <= {PNG, "text/plain"}, i
+        assert output.metadata.get(PNG, {}).get("alt", "").strip(), i
+        assert cells[i + 1].source.startswith("*Figure"), i
+        data = io.BytesIO(base64.b64decode(output.data[PNG]))
+        pixels = matplotlib.image.imread(data)
+        assert (pixels[0, 0, :3] == 1).all(), i
+        assert (pixels[..., 3:] == 1).all(), i
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
@@ -257,104 +167,77 @@ def test_ruff_finds_nothing(command):
 
 
 @both
-def test_display_math_has_its_dollars_on_lines_of_their_own(name):
+def test_formulas_are_what_github_finds_and_knows(name):
+    """No dollar is left over, and no formula is a part of a word."""
     for i, source in markdown(name):
+        for a, b in itertools.pairwise(parsed(source)):
+            assert a.type != "text" or "$" not in a.content, (i, a.content)
+            if (a.type, b.type) == ("math_inline", "text"):
+                assert not re.match(r"\w", b.content), (i, a.content)
+            if (a.type, b.type) == ("text", "math_inline"):
+                assert not re.search(r"\w$", a.content), (i, b.content)
         lines = [line for line in source.splitlines() if "$$" in line]
         assert all(line.strip() == "$$" for line in lines), i
-        assert len(lines) % 2 == 0, i
+        for text, display in formulas(source):
+            begun = re.findall(r"\\begin\{(.*?)\}", text)
+            assert {*begun} <= (ENVIRONMENTS if display else set()), i
+            assert display or r"\\" not in text, (i, text)
+            wrong = r"\\(re)?newcommand|\\def\b|<[A-Za-z]"
+            assert not re.search(wrong, text), (i, text)
 
 
 @both
-def test_inline_math_touches_its_dollars(name):
+def test_markdown_leaves_formulas_alone(name):
+    r"""What knows no maths changes no character of a formula.
+
+    It would pair _ and *, drop the backslash of \, and \{, and see links,
+    lists and headings.  The \\ that ends a line is safe.
+    """
     for i, source in markdown(name):
-        source = re.sub(r"\$\$.*?\$\$", "", source, flags=re.S)
-        for line in source.replace(r"\$", "").splitlines():
-            parts = line.split("$")
-            assert len(parts) % 2 == 1, (i, line)
-            for formula in parts[1::2]:
-                assert formula and formula == formula.strip(), (i, line)
+        tokens = parsed(source.replace(r"\\", "&&"), PLAIN)
+        rest = "".join("".join(t.content for t in tokens).split())
+        for text, _ in formulas(source):
+            text = "".join(text.replace(r"\\", "&&").split())
+            _, found, rest = rest.partition(text)
+            assert found, (i, text)
 
 
 @both
-def test_math_has_nothing_that_github_spoils(name):
-    for i, source in markdown(name):
-        assert not re.search(r"\\(re)?newcommand|\\def\b", source), i
-        for formula in formulas(source):
-            spoilt = r"(?<!\\)\\[,;:!{}|_*%]|<[A-Za-z]"
-            assert not re.search(spoilt, formula[0]), (i, formula[0])
-
-
-@both
-def test_environments_stand_inside_display_math(name):
-    inner = {"aligned", "cases", "pmatrix", "bmatrix", "array"}
-    for i, source in markdown(name):
-        outside = re.sub(r"\$\$.*?\$\$", "", source, flags=re.S)
-        assert r"\begin" not in outside, i
-        assert {*re.findall(r"\\begin\{(.*?)\}", source)} <= inner, i
-
-
-@both
-def test_no_line_of_display_math_looks_like_markdown(name):
-    """No list, heading, quotation or paragraph begins inside a formula."""
-    for i, source in markdown(name):
-        for formula in re.findall(r"\$\$\n(.*?)\n\$\$", source, re.S):
-            for line in formula.splitlines():
-                assert not re.match(r"\s*([-+*=>#]|\d+\.|$)", line), (i, line)
-
-
-@both
-def test_inline_math_is_no_part_of_a_word(name):
-    for i, source in markdown(name):
-        for found in formulas(source.replace(r"\$", "  ")):
-            around = source[: found.start()][-1:] + source[found.end() :][:1]
-            assert not re.search(r"\w", around), (i, found[0])
-
-
-@both
-def test_table_rows_have_as_many_cells_as_their_heading(name):
+def test_markdown_has_no_ragged_table_html_or_link_to_an_anchor(name):
     """A bar inside a formula or code would open another cell."""
-    for i, source in enumerate(c.source for c in read(name).cells):
+    for i, source in markdown(name):
+        for token in parsed(source):
+            assert not token.type.startswith("html"), (i, token.content)
+            assert not str(token.attrGet("href")).startswith("#"), i
         for table in re.findall(r"(?:^\|.*\|$\n?){2,}", source, re.M):
             assert len({row.count("|") for row in table.splitlines()}) == 1, i
 
 
 @both
-def test_markdown_does_not_pair_characters_of_formulas(name):
-    found = {i: emphasised(source) for i, source in markdown(name)}
-    assert {i: pairs for i, pairs in found.items() if pairs} == {}
-
-
-@both
-def test_markdown_has_no_html_and_no_link_to_an_anchor(name):
-    for i, source in markdown(name):
-        assert not re.search(r"</?(?!https?:)[A-Za-z!][^<>]*>", source), i
-        assert "](#" not in source, i
-
-
-@both
 def test_imports_are_installed_in_colab(name):
     allowed = {*PACKAGES[:4], *sys.stdlib_module_names}
-    for i, cell in code_cells(name):
-        modules = set()
+    for i, cell in cells_of(name, "code"):
         for node in ast.walk(ast.parse(cell.source)):
+            modules = [getattr(node, "module", None)]
             if isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                modules.add(node.module)
-        assert {m.partition(".")[0] for m in modules} <= allowed, i
+                modules = [alias.name for alias in node.names]
+            roots = {m.partition(".")[0] for m in modules if m}
+            assert roots <= allowed, i
 
 
 @both
-def test_no_definition_replaces_another(name):
-    defined = {}
-    for i, cell in code_cells(name):
+def test_no_definition_is_replaced_by_another_or_by_a_variable(name):
+    """Else a section would fail when it is run again after a later one."""
+    where, body = {}, []
+    for i, cell in cells_of(name, "code"):
+        body += ast.parse(cell.source).body
         for node in filter(defines, ast.parse(cell.source).body):
-            if isinstance(node, ast.Assign):
-                found = {target.id for target in node.targets}
-            else:
-                found = {getattr(node, "name", None)} - {None}
-            for one in found:
-                assert defined.setdefault(one, i) == i, (one, i)
+            for one in defined(node):
+                assert where.setdefault(one, i) == i, (one, i)
+    imported = {s.get_name() for s in symbols(body) if s.is_imported()}
+    rest = symbols([node for node in body if not defines(node)])
+    variables = {s.get_name() for s in rest if s.is_assigned()}
+    assert variables & (where.keys() | imported) == set()
 
 
 def test_requirements_are_five_lower_bounds():
@@ -365,18 +248,16 @@ def test_requirements_are_five_lower_bounds():
 
 
 def test_archives_are_the_original_four():
-    raw = ROOT / "data" / "MNIST" / "raw"
-    found = {
-        file.name: hashlib.md5(file.read_bytes()).hexdigest()
-        for file in raw.glob("*.gz")
-    }
+    files = (ROOT / "data" / "MNIST" / "raw").glob("*.gz")
+    found = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in files}
     assert found == dict(torchvision.datasets.MNIST.resources)
 
 
 @pytest.mark.slow
 @both
 def test_full_run_is_clean(executed, name):
-    assert bad_outputs(executed[name]) == []
-    cells = [cell for cell in executed[name].cells if is_code(cell)]
-    counts = [cell.execution_count for cell in cells]
-    assert counts == list(range(1, len(cells) + 1))
+    """A claim that differs on this machine is reported, and no failure."""
+    assert bad_outputs(executed(name)) == []
+    for line in outputs_text(executed(name)).splitlines():
+        if line.startswith(DIFFERS):
+            warnings.warn(f"{name}: {line}", stacklevel=1)

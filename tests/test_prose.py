@@ -6,39 +6,43 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NAMES, ROOT, outputs_text, read
-from test_notebooks import code_cells, formulas
+from conftest import NAMES, ROOT, both, code_cells, outputs_text, read
+from test_notebooks import markdown, parsed, pictures
 
 README = (ROOT / "README.md").read_text("utf-8")
-RESULTS = README.partition("\n## Results\n")[2].partition("\n## ")[0]
-PAPERS = {  # arXiv id: what must stand before it in a list of references
-    "2202.08587": "Baydin, Pearlmutter, Syme, Wood, Torr, "
-    "Gradients without Backpropagation",
-    "2209.06302": "Belouze",
-    "2210.03310": "Ren, Kornblith, Liao, Hinton",
-    "2305.17333": "Malladi",
-    "2306.06968": "Fournier",
-    "2309.15001": "Bos, Schmidt-Hieber",
-    "2310.14168": "Shukla, Shin",
-    "2312.04709": "Singhal",
-    "2410.17764": "Flügel",
-    "2506.21833": "Panchal",
-    "2511.16652": "EGGROLL",
-}
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
-STEP_TIMES = "fast step / backprop step, time"
-ACCURACY = "test accuracy, "  # and the method
-both = pytest.mark.parametrize("name", NAMES)
+COMMANDS = """
+    pip install -r requirements.txt && jupyter execute prerequisites.ipynb fwdgrad.ipynb
+    pip install -r tests/requirements.txt && pytest
+"""  # noqa: E501
+BORDER = "--- for the README ---\n"  # stands before and after what is copied
+SHARED = ["scale", "show", "compare", "compare_mean", "claim", "check"]
+KNOWN = """
+1803.04386 Wen: Flipout
+1906.00889 Lansdell, Prakash, Kording: Learning to solve the credit assignment
+2202.08587 Baydin, Pearlmutter, Syme, Wood, Torr: Gradients without Backprop
+2209.06302 Belouze: Optimization without Backpropagation
+2210.03310 Ren, Kornblith, Liao, Hinton: Scaling Forward Gradient With Local
+2212.07282 Bacho, Chu: Low-Variance Forward Gradients
+2305.17333 Malladi: Fine-Tuning Language Models with Just Forward Passes
+2306.06968 Fournier: Can Forward Gradient Match Backpropagation?
+2309.15001 Bos, Schmidt-Hieber: Convergence guarantees for forward gradient
+2310.14168 Shukla, Shin: Randomized Forward Mode of Automatic Differentiation
+2312.04709 Singhal: How to Guess a Gradient
+2410.17764 Flügel: Multi-Tangent Forward Gradients
+2506.21833 Panchal: The Cost of Avoiding Backpropagation
+2511.16652 Sarkar: Evolution Strategies at the Hyperscale
+"""  # arXiv id, authors, title as far as it was known or fits
+PAPERS = {line[:10]: line[11:] for line in KNOWN.split("\n")}
+NUMBER = re.compile(r"\d+").findall
 
 
 def prose(name):
     """Return the text of all of a notebook's Markdown cells."""
-    cells = read(name).cells
-    return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    return "\n\n".join(source for _, source in markdown(name))
 
 
 def code(name):
-    return "\n\n".join(cell.source for _, cell in code_cells(name))
+    return "\n\n".join(cell.source for cell in code_cells(read(name)))
 
 
 def references(text):
@@ -47,190 +51,91 @@ def references(text):
     return re.split(r"^(?:\d+\.|-) ", found[1], flags=re.M)[1:]
 
 
-def table(text, first):
-    """Return the rows of the Markdown table whose first heading is first.
-
-    A row is a dict from heading to text.
-    """
-    lines = text.partition(f"| {first} |")[2].split("\n\n")[0].splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines]
-    headings = [first, *cells[0]]
-    return [dict(zip(headings, row, strict=True)) for row in cells[2:]]
+def numbers(pattern, text):
+    """Return the numbers in all the matches of a pattern."""
+    return {int(n) for m in re.findall(pattern, text) for n in NUMBER(m)}
 
 
-def printed(name, start):
-    """Return the head of a table that a notebook printed, and its rows.
-
-    start: the beginning of the head.
-    """
-    text = outputs_text(read(name))
-    head, *rows = text[text.index(f"\n{start}") + 1 :].splitlines()
-    return head, rows
+def test_what_is_printed_for_the_readme_stands_there():
+    parts = outputs_text(read("fwdgrad")).split(BORDER)[1::2]
+    assert parts
+    for part in parts:
+        assert "\n| --- " in part and part in README
 
 
-def number(text):
-    """Return the number in a text; a percentage as a share of 1."""
-    value = float(NUMBER.search(text)[0].replace(",", ""))
-    return value / 100 if "%" in text else value
+def test_every_decimal_of_the_readme_was_printed():
+    text = re.sub(r"\[.*?\]\(.*?\)|`.*?`", "", README, flags=re.S)
+    printed = outputs_text(read("fwdgrad"))
+    found = re.findall(r"\d+\.\d+", text)
+    assert [number for number in found if number not in printed] == []
 
 
-def results():
-    """Return the README's results by network, a dict of dicts."""
-    return {
-        row["network"].replace(" ", "").lower(): row
-        for row in table(RESULTS, "network")
-    }
+def test_the_picture_of_the_readme_is_a_figure():
+    links = re.findall(r"!\[.+?\]\((\.github/.+?\.png)\)", README)
+    assert links and len(links) == README.count("![")
+    for path in links:
+        assert (ROOT / path).read_bytes() in pictures("fwdgrad")
 
 
-def test_readme_has_the_three_networks():
-    assert {*results()} == {"logisticregression", "mlp", "cnn"}
-
-
-def test_readme_parameters_are_the_printed_ones():
-    text = outputs_text(read("fwdgrad"))
-    for network, size in re.findall(r"(\w+): ([\d,]+) parameters", text):
-        assert results()[network.lower()]["parameters"] == size
-
-
-def test_readme_step_times_are_the_printed_ones():
-    """Each row of the printed table has a 0.50 (0.48-0.52) per network."""
-    head, rows = printed("fwdgrad", "step / backprop")
-    networks = [name.lower() for name in head.split()[3:]]
-    printed_ratios = {
-        row[:12].strip(): re.findall(r"(\d+\.\d+) ?\(", row)
-        for row in rows[:7]
-    }
-    textbook = re.search(
-        r"textbook[\w\s-]+takes ([\d.,\s]+)and (\S+)", RESULTS
-    )
-    textbook = re.findall(r"\d+\.\d+", " ".join(textbook.groups()))
-    assert textbook == printed_ratios["textbook"]
-    fast = [results()[network][STEP_TIMES] for network in networks]
-    assert len(fast) == 3 and fast == printed_ratios["fast"]
-
-
-def test_readme_accuracies_are_the_printed_ones():
-    _, rows = printed("fwdgrad", "network  ")
-    for row in rows[:6]:
-        network, *method, _, accuracy, _, _ = row.split()
-        start = ACCURACY + " ".join(method)
-        shown = [
-            number(text)
-            for heading, text in results()[network.lower()].items()
-            if heading.startswith(start)
-        ]
-        assert shown == pytest.approx([float(accuracy)]), row
-
-
-def test_readme_steps_are_those_of_the_code():
-    said = re.search(r"takes (\d+) steps on the MLP and (\d+)", RESULTS)
-    for network, steps in zip(["MLP", "CNN"], said.groups(), strict=True):
-        lengths = f"compare_methods({network}, ({8 * int(steps)}, {steps})"
-        assert lengths in code("fwdgrad")  # eight times as many
-
-
-def test_rows_of_the_readme_scoreboard_are_printed_rows():
-    """Accuracy and seconds of a method stand together in a line."""
-    _, lines = printed("fwdgrad", "method  ")
-    for row in table(RESULTS, "method"):
-        accuracy, seconds = (number(row[k]) for k in [*row][1:])
-        start = f"{100 * accuracy:.2f}%{seconds:9.1f} "
-        assert any(start in line for line in lines), row
-
-
-def test_every_decimal_of_the_readme_results_was_printed():
-    """A decimal number stands in fwdgrad's outputs, % as a share of 1."""
-    form = NUMBER.pattern + r"(?: ?%)?"
-    outputs = outputs_text(read("fwdgrad"))
-    known = [number(found) for found in re.findall(form, outputs)]
-    for found in re.findall(form, RESULTS):
-        if "." in found:
-            assert pytest.approx(number(found)) in known, found
-
-
-def test_arxiv_numbers_are_those_of_the_known_papers():
-    for text in [README, *map(prose, NAMES), *map(code, NAMES)]:
-        found = re.findall(r"arxiv\S*[\s/]+(\d{4}\.\d{4,5})", text, re.I)
-        assert {*found} <= {*PAPERS}
+@pytest.mark.parametrize("line", COMMANDS.splitlines()[1:], ids=range(2))
+def test_the_readme_has_the_command(line):
+    assert f"\n{line}\n" in README
+    for file in re.findall(r"\S+\.(?:txt|ipynb)", line):
+        assert (ROOT / file).exists()
 
 
 @pytest.mark.parametrize("text", [README, *map(prose, NAMES)], ids=range(3))
-def test_references_name_the_authors_of_their_papers(text):
+def test_references_name_authors_and_title(text):
     assert references(text)
     for entry in references(text):
-        for paper in re.findall(r"\d{4}\.\d{4,5}", entry):
-            missing = [w for w in PAPERS[paper].split(", ") if w not in entry]
-            assert not missing, entry
+        for paper in re.findall(r"\d{4}\.\d{5}", entry):
+            authors, title = PAPERS[paper].split(": ")
+            assert title.lower() in entry.lower(), entry
+            assert all(a in entry for a in authors.split(", ")), entry
+
+
+def test_arxiv_ids_are_those_of_known_papers():
+    for text in [README, *map(prose, NAMES), *map(code, NAMES)]:
+        assert {*re.findall(r"\b\d{4}\.\d{5}\b", text)} <= {*PAPERS}
 
 
 @both
-def test_cited_references_and_sections_exist(name):
-    text = prose(name)
-    sections = [int(n) for n in re.findall(r"^## (\d+)\.", text, re.M)]
-    assert sections == list(range(1, len(sections) + 1))
-    for kind, count in (
-        ("reference", len(references(text))),
-        ("section", len(sections)),
-    ):
-        cited = rf"\b{kind}s? (\d+)(?:(?:,| and| to) (\d+))*"
-        for found in re.findall(cited, text):
-            assert all(1 <= int(n) <= count for n in found if n), found
+def test_every_reference_is_cited_and_every_section_is_there(name):
+    """In the text, as [3] or [2, 5], and as section 4 or sections 5 to 7."""
+    tokens = [t for _, source in markdown(name) for t in parsed(source)]
+    text = " ".join(t.content for t in tokens if t.type == "text")
+    count = len(references(prose(name)))
+    assert numbers(r"\[(\d[\d, ]*)\]", text) == {*range(1, count + 1)}
+    headings = re.findall(r"^## (\d+)\. (.+)$", prose(name), re.M)
+    there = [int(number) for number, _ in headings]
+    assert there == [*range(1, len(there) + 1)]
+    lists = r"\b[Ss]ections? (\d[\d, ]*(?:(?:and|to) \d+)?)"
+    assert numbers(lists, text) <= {*there}
+    opening = read(name).cells[0].source
+    assert [title for _, title in headings if title not in opening] == []
+
+
+def test_helpers_of_both_notebooks_are_the_same():
+    for one in SHARED:
+        texts = [
+            ast.get_source_segment(code(name), node)
+            for name in NAMES
+            for node in ast.parse(code(name)).body
+            if getattr(node, "name", None) == one
+        ]
+        assert len(texts) == 2 and texts[0] == texts[1], one
 
 
 @both
-def test_opening_cell_lists_the_sections(name):
-    opening = read(name).cells[0].source.partition("**Contents**")[2]
-    for heading in re.findall(r"^## (\d+\. .+)$", prose(name), re.M):
-        assert heading in opening
-
-
-@both
-def test_reading_time_is_measured(name):
-    """At 200 words a minute and 20 seconds a code cell, to 5 minutes."""
-    minutes = len(prose(name).split()) / 200 + len(code_cells(name)) / 3
-    found = re.search(
-        r"\*\*Reading time\*\*: about (\d+) minutes", prose(name)
-    )
-    assert found, f"no reading time, should be {minutes:.0f}"
-    assert int(found[1]) == 5 * round(minutes / 5)
-
-
-@both
-def test_every_definition_has_a_docstring(name):
-    kinds = ast.FunctionDef | ast.ClassDef
-    nodes = [n for n in ast.parse(code(name)).body if isinstance(n, kinds)]
-    assert nodes
-    assert [n.name for n in nodes if not ast.get_docstring(n)] == []
-
-
-@both
-def test_notation_is_used_in_text_and_code(name):
-    rows = table(prose(name), "symbol")
-    before, _, after = prose(name).partition("| symbol |")
-    rest = before + after.partition("\n\n")[2]
-    used = [found[0] for found in formulas(rest)]
-    names = {
-        getattr(node, attribute, None)
-        for node in ast.walk(ast.parse(code(name)))
-        for attribute in ("id", "arg", "attr", "name")
-    }
-    for row in rows:
-        for symbol in re.findall(r"\$(.+?)\$", row["symbol"]):
-            symbol = symbol.partition(" = ")[0]
-            whole = r"\s*".join(map(re.escape, symbol.split()))
-            whole = rf"(?<![A-Za-z]){whole}(?![A-Za-z])"
-            assert any(re.search(whole, formula) for formula in used), symbol
-        for example in re.findall(r"`(.+?)`", row["name in code"]):
-            assert {*re.findall(r"[A-Za-z_]\w*", example)} <= names, example
+def test_the_expectation_is_written_one_way(name):
+    letter = r"\\(math\w+|operatorname|text)\s*\{?E\b|𝔼"
+    for i, source in markdown(name):
+        assert not re.search(letter, source), i
 
 
 def test_spelling():
     """Of all words and names that readers see; nin is one of NumPy's."""
     text = "\n".join([README, *map(prose, NAMES), *map(code, NAMES)])
-    done = subprocess.run(
-        [sys.executable, "-m", "codespell_lib", "-L", "nin", "-"],
-        input=text,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "codespell_lib", "-L", "nin", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
