@@ -53,9 +53,7 @@ def empty(folder, name):
     return caught.value
 
 
-def command(
-    folder, name, seed=0, threads=1, guard=None, python=sys.executable
-):
+def command(folder, name, seed=0, threads=1, guard=None, python=sys.executable):
     """Run a notebook by the README's command; return the finished process.
 
     guard: is called with the folder, and returns what starts the command.

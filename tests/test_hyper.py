@@ -44,12 +44,8 @@ def test_both_modes_and_differences_agree(fwdgrad, course, block):
         return fwdgrad.final_loss(raw, **course, block=block)
 
     reverse = torch.autograd.functional.jacobian(loss, RAW)
-    forward = torch.func.jacfwd(
-        lambda raw: fwdgrad.final_loss(raw, **course)
-    )(RAW)
+    forward = torch.func.jacfwd(lambda raw: fwdgrad.final_loss(raw, **course))(RAW)
     torch.testing.assert_close(reverse, forward)
     for k, h in enumerate(1e-5 * torch.eye(2).double()):
         quotient = by_torch(RAW + h, **course) - by_torch(RAW - h, **course)
-        torch.testing.assert_close(
-            quotient / 2e-5, forward[k], rtol=1e-6, atol=1e-8
-        )
+        torch.testing.assert_close(quotient / 2e-5, forward[k], rtol=1e-6, atol=1e-8)

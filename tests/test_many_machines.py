@@ -76,9 +76,7 @@ def one_process_run(cells, log, workers):
             loss = F.cross_entropy(model(images[shard]), labels[shard])
             gradient = torch.autograd.grad(loss, [*model.parameters()])
             v = direction(cells, seed)
-            slope = sum(
-                (g * t).sum() for g, t in zip(gradient, v, strict=True)
-            )
+            slope = sum((g * t).sum() for g, t in zip(gradient, v, strict=True))
             slopes.append(slope.item())
             for total, t in zip(update, v, strict=True):
                 total += slope * t / workers
@@ -119,9 +117,7 @@ def test_a_step_is_unbiased_with_the_noise_of_the_text(cells, workers):
     updates = []
     for first in range(0, 240, workers):
         seeds = range(first, first + workers)
-        mail = torch.stack(
-            [cells.message_of(model, *batch, s) for s in seeds]
-        )
+        mail = torch.stack([cells.message_of(model, *batch, s) for s in seeds])
         updates.append(cells.weights_of(mean_step(cells, mail)))
     updates = torch.stack(updates)
     assert_mean(updates @ exact / exact.square().sum(), 1)
@@ -138,9 +134,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_the_run_and_is_named(cells, folder, fault):
-    assert re.match(
-        FAULTS[fault], cells.launch(folder, 2, **RUN, fault=fault)
-    )
+    assert re.match(FAULTS[fault], cells.launch(folder, 2, **RUN, fault=fault))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -85,21 +86,21 @@ def test_function_is_its_formula(fwdgrad, name):
     assert torch.allclose(fwdgrad.rosenbrock(x), parts)
 
 
-def test_walk_along_the_axes_is_gradient_descent(fwdgrad):
+@pytest.mark.parametrize("random", [False, True])
+def test_a_walk_is_descent_along_gradients_or_forward_gradients(fwdgrad, random):
     f, x = fwdgrad.rosenbrock, torch.tensor([-1.0, 0.0]).double()
-    rates = torch.tensor([1e-3, 2e-3]).repeat_interleave(51).double()
-    inputs = rates, fwdgrad.one_exact, 20, seeded(), 0.1
-    value, path = fwdgrad.walk(f, x, *inputs)
-    for run, rate in (0, 1e-3), (51, 2e-3):
-        theta = x
-        for i in range(20):
-            assert torch.allclose(value[i, run], f(theta))
-            assert torch.allclose(path[i, run], theta)
-            step = rate * math.exp(-0.1 * i) * torch.func.grad(f)(theta)
-            theta = theta - step
-    moves = path[1, 1:51] - x  # the others walk along one direction each
-    v = fwdgrad.gaussian(102, 2, seeded())[1:51]
-    assert torch.allclose(moves[:, 0] * v[:, 1], moves[:, 1] * v[:, 0])
+    rates, draw, again = torch.tensor([1e-3, 2e-3]).double(), seeded(), seeded()
+    sample = partial(fwdgrad.gaussian, generator=draw) if random else None
+    value, path = fwdgrad.walk(f, x, rates, 20, sample, 0.1)
+    theta = x.expand(2, 2)
+    for i in range(20):
+        g = torch.vmap(torch.func.grad(f))(theta)
+        if random:
+            v = fwdgrad.gaussian(2, 2, again).double()
+            g = (g * v).sum(1, keepdim=True) * v
+        assert torch.allclose(value[i], torch.vmap(f)(theta))
+        assert torch.allclose(path[i], theta)
+        theta = theta - rates[:, None] * math.exp(-0.1 * i) * g
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -118,9 +119,7 @@ def test_step_has_the_second_moments_of_the_recursion(fwdgrad, n):
 
 
 @pytest.mark.parametrize("excess", [0, 2])
-@pytest.mark.parametrize(
-    "spectrum", [[1.0] * 5, [1, 0.5, 0.2], [3, 0.1, 0.0]]
-)
+@pytest.mark.parametrize("spectrum", [[1.0] * 5, [1, 0.5, 0.2], [3, 0.1, 0.0]])
 def test_largest_rate_has_spectral_radius_one(fwdgrad, spectrum, excess):
     eigenvalues = torch.tensor(spectrum).double()
     eta = fwdgrad.largest_rate(eigenvalues, excess)

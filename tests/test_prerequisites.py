@@ -116,16 +116,12 @@ def in_torch(f, v):
 def test_rule_is_right_in_both_modes_and_nested_to_third_order(name, seed):
     rng = np.random.default_rng(seed)
     ours, theirs, xs = calls(name, rng)
-    v, w = (
-        tuple(np.asarray(rng.normal(size=x.shape)) for x in xs)
-        for _ in range(2)
-    )
+    v, w = (tuple(np.asarray(rng.normal(size=x.shape)) for x in xs) for _ in range(2))
     # jvp: PyTorch and differences
     value, tangent = P.jvp(ours, xs, v)
     assert_same([value, tangent], torch_jvp(theirs, xs, v))
     ahead, behind = (
-        ours(*(x + h * t for x, t in zip(xs, v, strict=True)))
-        for h in (1e-6, -1e-6)
+        ours(*(x + h * t for x, t in zip(xs, v, strict=True))) for h in (1e-6, -1e-6)
     )
     differences = (ahead - behind) / 2e-6
     close = 1e-6 if name == "cast" else 1e-9  # cast rounds
@@ -184,9 +180,7 @@ def test_mixed_operands_work_on_either_side(operand):
     for f, dtype, swap in cases:
         x = np.array([0.5, 1.5, 0.7], dtype)
         g = (lambda a, b, f=f: f(b, a)) if swap else f
-        value, tangent = P.jvp(
-            lambda z, g=g: g(z, operand), (x,), (np.ones(3),)
-        )
+        value, tangent = P.jvp(lambda z, g=g: g(z, operand), (x,), (np.ones(3),))
         plain = np.asarray(g(x, operand))
         assert value.dtype == tangent.dtype == plain.dtype
         np.testing.assert_allclose(value, plain, 1e-6)
@@ -488,10 +482,16 @@ def test_newtons_loop_has_the_slope_of_the_root(a):
 # Exercises and helpers
 
 WRONG = {
+    "steepest": [lambda g: g, lambda g: g / abs(g).sum()],
+    "sigmoid_slope": [lambda x: 1 / (1 + math.exp(x)), lambda x: 0.25],
     "dual_quotient": [
         lambda a, b, c, d: (a / c, (a * d - b * c) / c**2),
         lambda a, b, c, d: a / c,
         lambda a, b, c, d: None,
+    ],
+    "newton_slope": [
+        lambda a, tolerance: 0.5 / math.sqrt(a),
+        lambda a, tolerance: 0.5 / P.newton_root(a, tolerance),
     ],
     "softmax_jvp": [
         lambda x, v: P.softmax(x) * (1 - P.softmax(x)) * v,

@@ -15,7 +15,7 @@ COMMANDS = """
     pip install -r tests/requirements.txt && pytest
 """  # noqa: E501
 BORDER = "--- for the README ---\n"  # stands before and after what is copied
-SHARED = ["scale", "show", "compare", "compare_mean", "claim", "check"]
+SHARED = ["scale", "show", "doubles", "compare", "compare_mean", "claim", "check"]
 KNOWN = """
 1803.04386 Wen: Flipout
 1906.00889 Lansdell, Prakash, Kording: Learning to solve the credit assignment
