@@ -431,6 +431,24 @@ def test_a_run_has_its_seeds_batches_and_a_history(fwdgrad, method):
     assert history["accuracy"].shape == (3,)
 
 
+def test_weights_directions_and_batches_have_seeds_of_their_own(fwdgrad):
+    """Else the directions would repeat the numbers that the weights began with."""
+    model, images, labels = network(batch=20)
+    seeds, data = [], fwdgrad.Digits(images, labels % 3, images, labels % 3)
+
+    def estimate(model, *batch):
+        seeds.append(torch.initial_seed())
+        return fwdgrad.backprop(model, *batch)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fwdgrad.train(model, estimate, optimizer, data, 2, seed=5, batch=20)
+    numbers = torch.arange(20)
+    (first, _), *_ = fwdgrad.batches(numbers, numbers, 1, 20, seed=5)
+    for seed in 5, seeds[0]:
+        assert not torch.equal(first, torch.randperm(20, generator=seeded(seed)))
+    assert len({5, *seeds}) == 2
+
+
 def test_training_learns_by_its_schedule_or_says_where_it_exploded(fwdgrad):
     history, _, rates, _ = train(fwdgrad, "backprop", steps=300)
     assert history["loss"][-20:].mean() < 0.5 * history["loss"][:20].mean()
