@@ -356,6 +356,14 @@ def test_what_cannot_work_is_refused_in_one_sentence(fwdgrad, case, act):
         assert not any(a.any() for a in mirrors)
 
 
+@acts
+def test_a_model_of_which_nothing_may_move_is_refused(fwdgrad, act):
+    model, *batch = network()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="may move"):
+        get(fwdgrad, act, model)(model, *batch)
+
+
 # Signs and mirrors
 
 
