@@ -457,7 +457,7 @@ def test_weights_directions_and_batches_have_seeds_of_their_own(fwdgrad):
     assert len({5, *seeds}) == 2
 
 
-def test_training_learns_by_its_schedule_or_says_where_it_exploded(fwdgrad):
+def test_training_learns_by_its_schedule_and_a_diverging_run_goes_on(fwdgrad):
     history, _, rates, _ = train(fwdgrad, "backprop", steps=300)
     assert history["loss"][-20:].mean() < 0.5 * history["loss"][:20].mean()
     assert 0.8 < history["accuracy"][-1] <= 1
@@ -465,8 +465,9 @@ def test_training_learns_by_its_schedule_or_says_where_it_exploded(fwdgrad):
     options = {"schedule": lambda i: 1 / (1 + i)}
     rates = train(fwdgrad, "backprop", **options)[2]
     np.testing.assert_allclose(rates, 0.2 / np.arange(1, 31))
-    with pytest.raises(FloatingPointError, match=r"step \d+"):
-        train(fwdgrad, "textbook", 1e9, 90)
+    history, *_ = train(fwdgrad, "textbook", 1e9, 90)
+    assert len(history["loss"]) == 90 and np.isnan(history["loss"][-1])
+    assert history["accuracy"][-1] < 0.6
 
 
 def test_an_epoch_has_every_image_once(fwdgrad):
